@@ -1,0 +1,1 @@
+"""Images to activations: sources, encoders, and extraction into an activation store."""
