@@ -1,0 +1,157 @@
+"""What the three command lines share: parsing with jsonargparse, one-line errors, logging, progress.
+
+Exit codes: 0 done; 1 the work was done and found something wrong (`stores verify`); 2 a bad value, file or store;
+130 interrupted.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jsonargparse
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Parameters
+    ----------
+    name
+        As typed.
+    help
+        One line, for the list of commands.
+    config
+        The dataclass that its options make; its fields' docstrings are the options' help.
+    run
+        Called with the config; returns the exit code.
+    positional
+        Names of the config's fields that are given without a flag.
+    """
+
+    name: str
+    help: str
+    config: type
+    run: Callable[[Any], int]
+    positional: tuple[str, ...] = ()
+
+
+def run_commands(
+    prog: str,
+    description: str,
+    commands: Sequence[Command],
+    errors: tuple[type[Exception], ...],
+    argv: list[str] | None,
+) -> int:
+    """Parse a command line, run the command, and turn expected errors into one line and exit code 2.
+
+    Parameters
+    ----------
+    prog, description
+        For the help.
+    commands
+        What there is.
+    errors
+        Exceptions whose message is for the user.
+    argv
+        Arguments; None takes the process's.
+    """
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    subcommands = parser.add_subcommands(title="commands", metavar="COMMAND", description=None)
+    for command in commands:
+        sub = jsonargparse.ArgumentParser(description=command.help, exit_on_error=False)
+        sub.add_argument(
+            "--config", action="config", help="A YAML file with any of the options below; flags override it."
+        )
+        for name in command.positional:
+            sub.add_argument(name, type=str, help=_field_help(command.config, name))
+        sub.add_class_arguments(command.config, skip=set(command.positional))
+        subcommands.add_subcommand(command.name, sub, help=command.help)
+    try:
+        namespace = parser.parse_args(argv)
+        command = next(command for command in commands if command.name == namespace.subcommand)
+        options = namespace[command.name].as_dict()
+        options.pop("config", None)
+        config = command.config(**options)
+        _log_to(console)
+        return command.run(config)
+    except jsonargparse.ArgumentError as error:
+        return _fail(prog, str(error))
+    except errors as error:
+        return _fail(prog, str(error))
+    except KeyboardInterrupt:
+        console.print(f"{prog}: interrupted; the same command goes on from here", style="yellow", highlight=False)
+        return 130
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: float | None, *, unit: str = "") -> Iterator[Callable[..., None]]:
+    """Show progress: a bar on a terminal, a plain line every ten percent elsewhere.
+
+    Yields
+    ------
+    Callable
+        `advance(amount, note="")`.
+    """
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(title, total=total, note="")
+            yield lambda amount, note="": progress.update(task, advance=amount, note=note)
+        return
+    done, printed = 0.0, 0
+
+    def advance(amount: float, note: str = "") -> None:
+        nonlocal done, printed
+        done += amount
+        tenths = int(10 * done / total + 1e-9) if total else 0
+        if tenths > printed:
+            printed = tenths
+            print(
+                f"{title}: {10 * tenths}%{f' of {total:g} {unit}'.rstrip()} {note}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
+
+    yield advance
+
+
+def _fail(prog: str, message: str) -> int:
+    line = " ".join(message.split())
+    print(f"{prog}: error: {line}", file=sys.stderr)
+    return 2
+
+
+def _log_to(where: Console) -> None:
+    handler: logging.Handler
+    if where.is_terminal:
+        handler = RichHandler(console=where, show_path=False, show_time=False)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    for package in ("pipeline", "sae", "stores"):
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+def _field_help(config: type, name: str) -> str:
+    import docstring_parser
+
+    parsed = docstring_parser.parse(config.__doc__ or "")
+    return next((param.description or "" for param in parsed.params if param.arg_name == name), "")
