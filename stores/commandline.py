@@ -7,7 +7,7 @@ Exit codes: 0 done; 1 the work was done and found something wrong (`stores verif
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ def run_commands(
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: float | None, *, unit: str = "") -> Iterator[Callable[..., None]]:
+def progress_bar(title: str, total: float | None, *, unit: str = "") -> Generator[Callable[..., None]]:
     """Show progress: a bar on a terminal, a plain line every ten percent elsewhere.
 
     Yields

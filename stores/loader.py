@@ -7,7 +7,7 @@ The next pool is read while the current one is consumed. Memory is two pools and
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -156,7 +156,7 @@ class Loader:
                     yield self._batch(chunk.take(slice(start, start + self.plan.batch_size)))
 
     @contextlib.contextmanager
-    def _threads(self) -> Iterator[ThreadPoolExecutor]:
+    def _threads(self) -> Generator[ThreadPoolExecutor]:
         threads = ThreadPoolExecutor(self.n_threads, thread_name_prefix="loader")
         try:
             yield threads
