@@ -10,6 +10,7 @@ Within a unit the rows are permuted (`row_order`), so that a chunk already holds
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -166,7 +167,8 @@ def hashed_order(n: int, *key: int) -> np.ndarray:
     return np.argsort(mixed, kind="stable")
 
 
-def _splitmix64(x):
+def _splitmix64(x: Any) -> Any:
+    # uint64 in, the same out: a numpy scalar or an array.
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

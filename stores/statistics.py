@@ -55,17 +55,23 @@ class Statistics:
         )
 
     @classmethod
-    def of(cls, rows: np.ndarray) -> Self:
+    def of(cls, rows: np.ndarray, *, kept: np.ndarray | None = None) -> Self:
         """Return the statistics of rows.
 
         Parameters
         ----------
         rows
             Any float dtype, (n, D).
+        kept
+            bool (n,): rows to take; None takes all.
         """
         total = cls.empty(rows.shape[1])
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             block = rows[start : start + _ROWS_AT_ONCE].astype(np.float64)
+            if kept is not None:
+                block = block[kept[start : start + _ROWS_AT_ONCE]]
+            if not len(block):
+                continue
             with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are counted, not warned about
                 mean = block.mean(axis=0)
                 part = cls(
@@ -126,13 +132,22 @@ class Statistics:
         FormatError
             If a field is missing or a vector is not `width` numbers.
         """
+        names = ("mean", "m2", "min", "max")
         try:
-            vectors = {name: np.asarray(value[name], dtype=np.float64) for name in ("mean", "m2", "min", "max")}
-            scalars = {"count": int(value["count"]), "n_nonfinite": int(value["n_nonfinite"])}
+            vectors = {name: np.asarray(value[name], dtype=np.float64) for name in names}
+            count, n_nonfinite = int(value["count"]), int(value["n_nonfinite"])
             norm = math.nan if value["norm"] is None else float(value["norm"])
         except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"statistics: expected count, n_nonfinite, mean, m2, min, max, norm: {error}") from None
+            raise FormatError(f"statistics: expected count, n_nonfinite, {', '.join(names)}, norm: {error}") from None
         for name, vector in vectors.items():
             if vector.shape != (width,):
                 raise FormatError(f"statistics: expected {width} values in {name}, found shape {vector.shape}")
-        return cls(**scalars, **vectors, norm=norm)
+        return cls(
+            count=count,
+            n_nonfinite=n_nonfinite,
+            mean=vectors["mean"],
+            m2=vectors["m2"],
+            min=vectors["min"],
+            max=vectors["max"],
+            norm=norm,
+        )

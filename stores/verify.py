@@ -96,7 +96,7 @@ def _check_shard(store: Store, array: StoredArray, unit: int, data: bytes, recei
         if not np.array_equal(rows, expected):
             raise StoreError(f"'{key}' does not hold the plan's order of rows. Copy this object again")
         return
-    found = Statistics.of(array.to_float(rows)[store.ok_samples[samples]]).to_json()
+    found = Statistics.of(array.to_float(rows), kept=store.ok_samples[samples]).to_json()
     if not _close(found, receipts[unit].statistics[array.name]):
         raise StoreError(
             f"'{key}' does not have the statistics that '{spec.receipt_key(unit)}' says. Extract the store again"

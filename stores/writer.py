@@ -14,7 +14,6 @@ from typing import Any, Self
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stores import spec
@@ -180,7 +179,7 @@ class StoreWriter:
         self._check(unit, activations, samples)
         records = [self._publish(spec.unit_samples_key(unit), _parquet(samples))[0]]
         samples = _read_samples(self.objects.read(spec.unit_samples_key(unit)))
-        failed = pc.not_equal(samples["status"], "ok").to_numpy(zero_copy_only=False)
+        failed = np.asarray([status != "ok" for status in samples["status"].to_pylist()])
 
         order = row_order(layout, unit, self.plan.seed)
         tokens_per_sample = layout.tokens_per_sample
@@ -207,11 +206,7 @@ class StoreWriter:
             records.append(record)
             if array.layer is not None:
                 stored = decode_shard(array, published, n_rows=len(order), what=record.key)
-                statistics[array.name] = (
-                    Statistics.of(array.to_float(stored)[~excluded]).to_json()
-                    if (excluded.any())
-                    else Statistics.of(array.to_float(stored)).to_json()
-                )
+                statistics[array.name] = Statistics.of(array.to_float(stored), kept=~excluded).to_json()
         rows_of_unit = layout.unit_rows(unit)
         receipt = spec.Receipt(
             unit=unit,
