@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 the work was done and found something wrong (`stores verif
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
+
+_SECONDS_BETWEEN_LINES = 2.0
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,8 @@ def run_commands(
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: float | None, *, unit: str = "") -> Generator[Callable[..., None]]:
-    """Show progress: a bar on a terminal, a plain line every ten percent elsewhere.
+def progress_bar(title: str, total: float, *, unit: str) -> Generator[Callable[..., None]]:
+    """Show progress: a bar on a terminal, a plain line now and then elsewhere.
 
     Yields
     ------
@@ -114,19 +117,16 @@ def progress_bar(title: str, total: float | None, *, unit: str = "") -> Generato
             task = progress.add_task(title, total=total, note="")
             yield lambda amount, note="": progress.update(task, advance=amount, note=note)
         return
-    done, printed = 0.0, 0
+    done, printed, last = 0.0, 0, time.monotonic()
 
     def advance(amount: float, note: str = "") -> None:
-        nonlocal done, printed
+        nonlocal done, printed, last
         done += amount
         tenths = int(10 * done / total + 1e-9) if total else 0
-        if tenths > printed:
-            printed = tenths
-            print(
-                f"{title}: {10 * tenths}%{f' of {total:g} {unit}'.rstrip()} {note}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
+        now = time.monotonic()
+        if tenths > printed and (now - last >= _SECONDS_BETWEEN_LINES or tenths == 10):
+            printed, last = tenths, now
+            print(f"{title}: {10 * tenths}% of {total:,.0f} {unit}  {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield advance
 

@@ -104,7 +104,8 @@ class Loader:
         if not positions:
             kinds = sorted({store.plan.tokens.kind(p) for p in store.plan.tokens.positions})
             raise StoreError(f"{store.objects.uri} holds tokens of the kinds {kinds}, found none of {token_kinds}")
-        self._positions = np.asarray(positions)
+        self.positions = np.asarray(positions)
+        """Of the tokens that are kept, in the encoder's sequence."""
         self.n_rows = int(store.ok_samples.sum()) * len(positions)
         """Rows an epoch: those of images that could be read, of the kinds asked for."""
         if self.n_rows == 0:
@@ -195,7 +196,7 @@ class Loader:
     def _kept(self, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return which rows of a chunk are wanted, with their samples and tokens."""
         samples, tokens = self._samples.read(chunk), self._tokens.read(chunk)
-        return self.store.ok_samples[samples] & np.isin(tokens, self._positions), samples, tokens
+        return self.store.ok_samples[samples] & np.isin(tokens, self.positions), samples, tokens
 
     def _read(self, chunk: int) -> _Pool:
         kept, samples, tokens = self._kept(chunk)

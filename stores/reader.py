@@ -7,6 +7,7 @@ and size of every object. The activations' own crc32c are checked by each read; 
 import io
 import os
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -129,6 +130,39 @@ class Store:
         """int64 (n_samples,): labels, -1 where an image has none."""
         return self.samples["label"].fill_null(-1).to_numpy()
 
+    def image_bytes(self, sample: int, root: str | os.PathLike[str] | None = None) -> bytes:
+        """Return the file of an image, read from its tar shard and checked against the store's sha256.
+
+        Parameters
+        ----------
+        sample
+            Its line in `samples`.
+        root
+            Folder of the tar shards; None takes the one that the extraction read.
+
+        Raises
+        ------
+        StoreError
+            If the tar is not there any more, or holds other bytes.
+        """
+        line = self.samples.slice(sample, 1).to_pylist()[0]
+        path = Path(root if root is not None else self.images_root) / line["tar"]
+        try:
+            with path.open("rb") as file:
+                file.seek(line["offset"])
+                data = file.read(line["size"])
+        except OSError as error:
+            raise StoreError(
+                f"expected the tar shard '{path}' with image '{line['key']}', found none ({error.strerror}): "
+                "give the folder in which the shards are now"
+            ) from None
+        if spec.sha256(data) != line["sha256"]:
+            raise StoreError(
+                f"expected image '{line['key']}' at {line['offset']} of '{path}', found other bytes: "
+                "these are not the shards that the store was made from"
+            )
+        return data
+
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return rows as they are stored, read by zarr-python: the plain way, which the direct one must equal.
 
@@ -179,6 +213,13 @@ class Store:
 
     def _check_objects(self) -> None:
         wrong: list[str] = []
+        # Counted before anything is listed: a hostile plan may declare any number of units.
+        n_expected = len(self.arrays) * (1 + self.layout.n_units)
+        if n_expected > len(self.manifest.objects):
+            raise FormatError(
+                f"expected at least {n_expected} objects in the manifest of {self.objects.uri}, as its plan says, found "
+                f"{len(self.manifest.objects)}: it was not written by softbudget; do not use it"
+            )
         for array in self.arrays.values():
             for key in (spec.array_key(array.name), *map(array.shard_key, range(self.layout.n_units))):
                 self.record(key)

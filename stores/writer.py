@@ -179,7 +179,7 @@ class StoreWriter:
         self._check(unit, activations, samples)
         records = [self._publish(spec.unit_samples_key(unit), _parquet(samples))[0]]
         samples = _read_samples(self.objects.read(spec.unit_samples_key(unit)))
-        failed = np.asarray([status != "ok" for status in samples["status"].to_pylist()])
+        failed = np.asarray([status != "ok" for status in samples["status"].to_pylist()], dtype=bool)
 
         order = row_order(layout, unit, self.plan.seed)
         tokens_per_sample = layout.tokens_per_sample
