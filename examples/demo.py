@@ -2,8 +2,8 @@
 
     digits -> tar shards -> mini ViT on Ray -> sealed store -> three SAEs -> table and HTML page
 
-The encoder is `examples/digits_vit`, a ViT trained on the digits' training split. SAEs are trained on the activations of that
-split and evaluated on those of the test split. `make demo` runs this; nothing is downloaded.
+The encoder is `examples/digits_vit`, a ViT trained on the digits' training split. SAEs are trained on the activations
+of that split and evaluated on those of the test split. `make demo` runs this; nothing is downloaded.
 """
 
 import argparse

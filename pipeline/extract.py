@@ -23,7 +23,8 @@ from pipeline.encoders.base import Encoder
 from pipeline.errors import ShardError
 from pipeline.preprocess import DecodeError, blank_image, decode
 from stores import spec
-from stores.writer import SAMPLES_SCHEMA, StoreWriter
+from stores.samples import SAMPLES_SCHEMA
+from stores.writer import StoreWriter
 
 _BATCHES_AHEAD = 2
 

@@ -13,13 +13,14 @@ def info(config: InfoConfig) -> int:
     """Print what a store is."""
     store = Store.open(config.store, allow_nonfinite=True)
     plan, layout = store.plan, store.layout
+    encoder, weights = plan.encoder, plan.encoder.get("weights", {})
     n_bytes = sum(record.n_bytes for record in store.manifest.objects)
     lines = {
         "id": store.id,
         "images": f"{layout.n_samples} ({store.manifest.n_failed} failed), {len(store.classes)} classes",
-        "source": f"{len(plan.source['tars'])} tar shards in {store.images_root}",
-        "encoder": f"{plan.encoder['model']} ({plan.encoder['library']}), weights {plan.encoder['weights']['origin']} "
-        f"{plan.encoder['weights']['sha256'][:12]}",
+        "source": f"{len(plan.source.get('tars', []))} tar shards in {store.images_root}",
+        "encoder": f"{encoder.get('model')} ({encoder.get('library')}), weights {weights.get('origin')} "
+        f"{str(weights.get('sha256'))[:12]}",
         "tokens": f"{plan.tokens.selection}: {layout.tokens_per_sample} an image",
         "rows": f"{layout.n_rows} in {layout.n_units} units of {layout.rows_per_shard}",
         "chunks": f"{layout.n_chunks} of {layout.rows_per_chunk} rows",

@@ -113,15 +113,13 @@ def choose_layout(*, n_samples: int, tokens_per_sample: int, max_row_bytes: int)
     max_row_bytes
         Bytes of a row of the widest layer.
     """
-    samples_per_unit = max(
-        1, min(MAX_ROWS_PER_UNIT // tokens_per_sample, MAX_SAMPLES_PER_UNIT, -(-n_samples // MIN_UNITS))
-    )
+    samples_per_unit = max(1, min(MAX_ROWS_PER_UNIT // tokens_per_sample, MAX_SAMPLES_PER_UNIT, n_samples // MIN_UNITS))
     # A unit of 64 × m images has divisors near any chunk size that one may want.
     if samples_per_unit >= 64:
         samples_per_unit -= samples_per_unit % 64
     rows_per_shard = samples_per_unit * tokens_per_sample
     n_rows = n_samples * tokens_per_sample
-    most = max(1, min(MAX_CHUNK_BYTES // max_row_bytes, -(-n_rows // MIN_CHUNKS)))
+    most = max(1, min(MAX_CHUNK_BYTES // max_row_bytes, n_rows // MIN_CHUNKS))
     return Layout(
         n_samples=n_samples,
         tokens_per_sample=tokens_per_sample,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from stores import spec
-from stores.errors import StoreError
+from stores.errors import DamagedStoreError, StoreError
 from stores.reader import Store
 from stores.sampling import StreamPlan
 from stores.zarr_arrays import StoredArray
@@ -99,6 +99,8 @@ class Loader:
         self.plan = StreamPlan(
             n_chunks=store.layout.n_chunks, batch_size=batch_size, seed=seed, chunks_per_pool=chunks_per_pool
         )
+        if n_threads < 1:
+            raise StoreError(f"expected n_threads of at least 1, found {n_threads}")
         self.n_threads = n_threads
         positions = [p for p in store.plan.tokens.positions if self._wanted(p, token_kinds)]
         if not positions:
@@ -134,6 +136,8 @@ class Loader:
         start
             Batches to skip: the rest is what an uninterrupted epoch would have yielded.
         """
+        if not 0 <= start <= self.n_batches:
+            raise StoreError(f"expected a start from 0 to the epoch's {self.n_batches} batches, found {start}")
         size = min(self.plan.batch_size, self.n_rows)
         with self._threads() as threads:
             pool, skip = self._first_pool(epoch, start * size)
@@ -196,6 +200,11 @@ class Loader:
     def _kept(self, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return which rows of a chunk are wanted, with their samples and tokens."""
         samples, tokens = self._samples.read(chunk), self._tokens.read(chunk)
+        if samples.min() < 0 or samples.max() >= len(self.store.ok_samples):
+            raise DamagedStoreError(
+                f"chunk {chunk} of '{spec.SAMPLE_ARRAY}' in {self.store.objects.uri}: expected images below "
+                f"{len(self.store.ok_samples)}, found {samples.min()} to {samples.max()}. Check it: stores verify"
+            )
         return self.store.ok_samples[samples] & np.isin(tokens, self.positions), samples, tokens
 
     def _read(self, chunk: int) -> _Pool:

@@ -5,10 +5,12 @@ zarr-python's, zarrs' nor obstore's local store promises that (none syncs to dis
 lines.
 """
 
+import contextlib
 import os
 import re
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -91,15 +93,16 @@ class LocalObjects:
     def size(self, key: str) -> int | None:
         """Return a file's size in bytes, None where there is none."""
         try:
-            return self.path(key).stat().st_size
+            status = self.path(key).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def read(self, key: str) -> bytes:
         """Return a whole file."""
         try:
             return self.path(key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise _missing(self, key) from None
 
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
@@ -126,22 +129,20 @@ class LocalObjects:
         path = self.path(key)
         if path.exists():
             return False
-        temporary = self._write_temporary(path, data)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink()
-        _sync_folder(path.parent)
+        with _explained(path, len(data)), self._temporary(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
         return True
 
     def replace(self, key: str, data: bytes) -> None:
         """Publish a file in place of another."""
         path = self.path(key)
-        temporary = self._write_temporary(path, data)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        with _explained(path, len(data)), self._temporary(path, data) as temporary:
+            temporary.replace(path)
+            _sync_folder(path.parent)
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Yield the files' names under a folder, in order."""
@@ -151,21 +152,30 @@ class LocalObjects:
                 if path.is_file() and not path.name.startswith(_TEMPORARY):
                     yield path.relative_to(self.root).as_posix()
 
-    def _write_temporary(self, path: Path, data: bytes | bytearray | memoryview) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    @contextlib.contextmanager
+    def _temporary(self, path: Path, data: bytes | bytearray | memoryview) -> Generator[Path]:
+        """Write a synced file beside `path`; it is gone in the end, unless it was renamed."""
+        _make_folder(path.parent)
         temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
         try:
             with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
+            yield temporary
+        finally:
             temporary.unlink(missing_ok=True)
-            raise StoreError(
-                f"could not write '{path}' ({len(data)} bytes): {error.strerror or error}. "
-                "What was committed before is safe: make room or mend the disk and give the same command again"
-            ) from error
-        return temporary
+
+
+@contextlib.contextmanager
+def _explained(path: Path, n_bytes: int) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"could not write '{path}' ({n_bytes} bytes): {error.strerror or error}. "
+            "What was committed before is safe: make room or mend the disk and give the same command again"
+        ) from error
 
 
 def open_objects(uri: str | os.PathLike[str]) -> Objects:
@@ -178,6 +188,14 @@ def _missing(objects: Objects, key: str) -> DamagedStoreError:
         f"'{key}' is missing from {objects.uri}: the store was copied without it or the copy was interrupted. "
         "Copy the store again"
     )
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and its parents, each synced into its parent: a power cut must not take it with what it holds."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,7 +4,6 @@
 and size of every object. The activations' own crc32c are checked by each read; `stores verify` checks all of it.
 """
 
-import io
 import os
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 
 from stores import spec
 from stores.errors import DamagedStoreError, FormatError, StoreError, UnsealedStoreError
 from stores.layout import Layout
 from stores.objects import Objects, open_objects
+from stores.samples import read_samples
 from stores.statistics import Statistics
-from stores.zarr_arrays import ShardChunks, StoredArray, arrays_of
+from stores.zarr_arrays import ShardChunks, StoredArray, arrays_of, root_metadata
 
 
 class Store:
@@ -109,7 +108,7 @@ class Store:
 
     def statistics(self, layer: str) -> Statistics:
         """Return the statistics of a layer's rows (failed images excluded)."""
-        return Statistics.from_json(self._statistics[layer], self.plan.layer(layer).width)
+        return Statistics.of_layer(self._statistics, self.plan.layer(layer), spec.STATISTICS_KEY)
 
     @cached_property
     def _statistics(self) -> dict[str, Any]:
@@ -118,7 +117,13 @@ class Store:
     @cached_property
     def samples(self) -> pa.Table:
         """One line an image: key, label, tar, offset, size, sha256, status (see docs/format.md)."""
-        return pq.read_table(io.BytesIO(self.read_verified(spec.SAMPLES_KEY)))
+        table = read_samples(self.read_verified(spec.SAMPLES_KEY), spec.SAMPLES_KEY)
+        if len(table) != self.layout.n_samples:
+            raise FormatError(
+                f"'{spec.SAMPLES_KEY}' in {self.objects.uri}: expected {self.layout.n_samples} images as planned, "
+                f"found {len(table)}: it was not written by softbudget; do not use it"
+            )
+        return table
 
     @cached_property
     def ok_samples(self) -> np.ndarray:
@@ -147,6 +152,11 @@ class Store:
         """
         line = self.samples.slice(sample, 1).to_pylist()[0]
         path = Path(root if root is not None else self.images_root) / line["tar"]
+        if line["tar"].startswith("/") or ".." in line["tar"].split("/"):
+            raise StoreError(
+                f"expected a tar shard inside the images' folder, found {line['tar']!r}: "
+                "this store was not written by softbudget; do not use it"
+            )
         try:
             with path.open("rb") as file:
                 file.seek(line["offset"])
@@ -178,6 +188,8 @@ class Store:
         numpy.ndarray
             (stop - start, D), or (stop - start,) for `sample` and `token`; bfloat16 as uint16.
         """
+        if name not in self.arrays:
+            raise StoreError(f"expected one of {list(self.arrays)}, found {name!r}")
         if not 0 <= start <= stop <= self.layout.n_rows:
             raise StoreError(f"expected rows within [0, {self.layout.n_rows}), found [{start}, {stop})")
         array = zarr.open_array(self.objects.uri, path=name, mode="r")
@@ -217,12 +229,28 @@ class Store:
         n_expected = len(self.arrays) * (1 + self.layout.n_units)
         if n_expected > len(self.manifest.objects):
             raise FormatError(
-                f"expected at least {n_expected} objects in the manifest of {self.objects.uri}, as its plan says, found "
-                f"{len(self.manifest.objects)}: it was not written by softbudget; do not use it"
+                f"expected at least {n_expected} objects in the manifest of {self.objects.uri}, as its plan says, "
+                f"found {len(self.manifest.objects)}: it was not written by softbudget; do not use it"
+            )
+        for key in (spec.PLAN_KEY, spec.STATISTICS_KEY, spec.SAMPLES_KEY):
+            self.record(key)
+        if self.record(spec.PLAN_KEY).sha256 != self.plan.digest:
+            raise FormatError(
+                f"expected '{spec.PLAN_KEY}' of {self.objects.uri} to be the manifest's plan, found another. "
+                "Copy the store again"
             )
         for array in self.arrays.values():
-            for key in (spec.array_key(array.name), *map(array.shard_key, range(self.layout.n_units))):
-                self.record(key)
+            self.record(spec.array_key(array.name))
+        for unit in range(self.layout.n_units):
+            self.record(spec.receipt_key(unit))
+            self.record(spec.unit_samples_key(unit))
+            for array in self.arrays.values():
+                record, n_bytes = self.record(array.shard_key(unit)), array.shard_bytes(unit)
+                if record.n_bytes != n_bytes:
+                    raise FormatError(
+                        f"'{record.key}' of {self.objects.uri}: expected {n_bytes} bytes as planned, found "
+                        f"{record.n_bytes} in the manifest: it was not written by softbudget; do not use it"
+                    )
         for record in self.manifest.objects:
             size = self.objects.size(record.key)
             if size is None:
@@ -238,9 +266,7 @@ class Store:
         for array in self.arrays.values():
             key = spec.array_key(array.name)
             metadata = spec.parse_json(self.read_verified(key), key)
-            shape = [self.layout.n_rows, *array.row_shape]
-            if metadata.get("shape") != shape:
-                raise DamagedStoreError(f"'{key}': expected shape {shape} as planned, found {metadata.get('shape')}")
+            array.check_metadata(metadata)
 
 
 def _read_seal(objects: Objects) -> tuple[spec.Manifest, str, str]:
@@ -259,7 +285,8 @@ def _read_seal(objects: Objects) -> tuple[spec.Manifest, str, str]:
         )
     data = objects.read(spec.MANIFEST_KEY)
     store_id = spec.sha256(data)
-    root = spec.parse_json(objects.read(spec.ROOT_KEY), spec.ROOT_KEY)
+    root_data = objects.read(spec.ROOT_KEY)
+    root = spec.parse_json(root_data, spec.ROOT_KEY)
     try:
         attributes = root["attributes"]["softbudget"]
         recorded, images_root = attributes["id"], str(attributes["images"])
@@ -274,4 +301,9 @@ def _read_seal(objects: Objects) -> tuple[spec.Manifest, str, str]:
             f"'{spec.MANIFEST_KEY}' of {objects.uri} was changed after sealing: expected sha256 {recorded}, "
             f"found {store_id}. Copy the store again"
         )
-    return spec.Manifest.from_json(spec.parse_json(data, spec.MANIFEST_KEY)), store_id, images_root
+    manifest = spec.Manifest.from_json(spec.parse_json(data, spec.MANIFEST_KEY))
+    if root_data != root_metadata(manifest.plan, store_id=recorded, images_root=images_root):
+        raise DamagedStoreError(
+            f"'{spec.ROOT_KEY}' of {objects.uri} is damaged: it does not fit the manifest. Copy this object again"
+        )
+    return manifest, store_id, images_root

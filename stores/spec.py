@@ -29,7 +29,9 @@ STATISTICS_KEY = "statistics.json"
 SAMPLES_KEY = "samples.parquet"
 SAMPLE_ARRAY = "sample"
 TOKEN_ARRAY = "token"
-RESERVED_NAMES = frozenset({SAMPLE_ARRAY, TOKEN_ARRAY, "commits", "c"})
+RESERVED_NAMES = frozenset(
+    {SAMPLE_ARRAY, TOKEN_ARRAY, "commits", "c", ROOT_KEY, PLAN_KEY, MANIFEST_KEY, STATISTICS_KEY, SAMPLES_KEY}
+)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -86,8 +88,8 @@ class Layer:
             raise FormatError(f"expected a layer name other than {sorted(RESERVED_NAMES)}, found {self.name!r}")
         if self.dtype not in get_args(Dtype):
             raise FormatError(f"layer {self.name}: expected dtype {' or '.join(get_args(Dtype))}, found {self.dtype!r}")
-        if not 1 <= self.width <= 1 << 20:
-            raise FormatError(f"layer {self.name}: expected a width from 1 to 2^20, found {self.width}")
+        if type(self.width) is not int or not 1 <= self.width <= 1 << 20:
+            raise FormatError(f"layer {self.name}: expected a width from 1 to 2^20, found {self.width!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,12 @@ class Tokens:
     positions: tuple[int, ...]
     ranges: dict[str, tuple[int, int]]
     grid: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for position in self.positions:
+            self.kind(position)
+            if position > 32_767:
+                raise FormatError(f"expected token positions that fit into int16, found {position}")
 
     def kind(self, position: int) -> str:
         """Return what a stored position is: `cls`, `register`, `patch`, or `mean`."""
@@ -192,7 +200,7 @@ class StorePlan:
                 source=dict(value["source"]),
                 encoder=dict(value["encoder"]),
             )
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
             raise _not_this("plan", error) from None
 
 
@@ -249,7 +257,7 @@ class Receipt:
                 objects=_read_objects(value["objects"]),
                 statistics=dict(value["statistics"]),
             )
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
             raise _not_this("receipt", error) from None
 
 
@@ -297,11 +305,13 @@ class Manifest:
                 objects=_read_objects(value["objects"]),
                 versions=dict(value["versions"]),
             )
-            expected = str(value["plan_sha256"])
-        except (KeyError, TypeError, ValueError) as error:
+            expected, found = str(value["plan_sha256"]), manifest.plan.digest
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise _not_this("manifest", error) from None
-        if manifest.plan.digest != expected:
-            raise FormatError(f"manifest: expected a plan of sha256 {expected}, found {manifest.plan.digest}")
+        if found != expected:
+            raise FormatError(
+                f"manifest: expected a plan of sha256 {expected}, found {found}: it was edited. Copy the store again"
+            )
         return manifest
 
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from stores import spec
 from stores.errors import FormatError
 
 _ROWS_AT_ONCE = 4096
@@ -98,17 +99,18 @@ class Statistics:
         if self.count == 0:
             return other
         count = self.count + other.count
-        delta = other.mean - self.mean
         share = other.count / count
-        return type(self)(
-            count=count,
-            n_nonfinite=self.n_nonfinite + other.n_nonfinite,
-            mean=self.mean + delta * share,
-            m2=self.m2 + other.m2 + delta**2 * (self.count * share),
-            min=np.minimum(self.min, other.min),
-            max=np.maximum(self.max, other.max),
-            norm=self.norm + (other.norm - self.norm) * share,
-        )
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are counted, not warned about
+            delta = other.mean - self.mean
+            return type(self)(
+                count=count,
+                n_nonfinite=self.n_nonfinite + other.n_nonfinite,
+                mean=self.mean + delta * share,
+                m2=self.m2 + other.m2 + delta**2 * (self.count * share),
+                min=np.minimum(self.min, other.min),
+                max=np.maximum(self.max, other.max),
+                norm=self.norm + (other.norm - self.norm) * share,
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads; finite floats keep every bit, others become null (JSON has no NaN)."""
@@ -124,6 +126,16 @@ class Statistics:
         }
 
     @classmethod
+    def of_layer(cls, value: Any, layer: spec.Layer, what: str) -> Self:
+        """Read a layer's from a JSON object of all layers'; `FormatError` names `what` if it is not there."""
+        if not isinstance(value, dict) or layer.name not in value:
+            raise FormatError(f"'{what}': expected statistics of layer '{layer.name}', found none")
+        try:
+            return cls.from_json(value[layer.name], layer.width)
+        except FormatError as error:
+            raise FormatError(f"'{what}', layer '{layer.name}': {error}") from None
+
+    @classmethod
     def from_json(cls, value: Any, width: int) -> Self:
         """Read `to_json`'s form.
 
@@ -137,7 +149,7 @@ class Statistics:
             vectors = {name: np.asarray(value[name], dtype=np.float64) for name in names}
             count, n_nonfinite = int(value["count"]), int(value["n_nonfinite"])
             norm = math.nan if value["norm"] is None else float(value["norm"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"statistics: expected count, n_nonfinite, {', '.join(names)}, norm: {error}") from None
         for name, vector in vectors.items():
             if vector.shape != (width,):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stores import spec
-from stores.errors import StoreError
+from stores.errors import FormatError, StoreError
 from stores.layout import row_order
 from stores.reader import Store
 from stores.statistics import Statistics
@@ -49,13 +49,18 @@ def verify(
     shards = {
         array.shard_key(unit): (array, unit) for array in store.arrays.values() for unit in range(store.layout.n_units)
     }
-    units = _units(store)
+    receipts = {spec.receipt_key(unit): unit for unit in range(store.layout.n_units)}
+    statistics = {unit: _sound(lambda unit=unit: _unit_statistics(store, unit)) for unit in receipts.values()}
+    ok_samples = _sound(lambda: store.ok_samples)
 
     def check(record: spec.ObjectRecord) -> str | None:
         try:
             data = store.read_verified(record.key)
             if record.key in shards:
-                _check_shard(store, *shards[record.key], data, units)
+                array, unit = shards[record.key]
+                _check_shard(store, array, unit, data, statistics[unit], ok_samples)
+            elif record.key in receipts:
+                _unit_statistics(store, receipts[record.key])
         except StoreError as error:
             return str(error)
         finally:
@@ -66,7 +71,7 @@ def verify(
     with ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
         damages = [line for line in pool.map(check, store.manifest.objects) if line is not None]
     if not damages:
-        damages = _check_merged(store, units)
+        damages = _check_merged(store, [unit for unit in statistics.values() if unit is not None])
     return Verification(
         n_objects=len(store.manifest.objects),
         n_bytes=sum(record.n_bytes for record in store.manifest.objects),
@@ -74,16 +79,34 @@ def verify(
     )
 
 
-def _units(store: Store) -> list[spec.Receipt]:
-    receipts: list[spec.Receipt] = []
-    for unit in range(store.layout.n_units):
-        key = spec.receipt_key(unit)
-        receipts.append(spec.Receipt.from_json(spec.parse_json(store.objects.read(key), key)))
-    return receipts
+def _unit_statistics(store: Store, unit: int) -> dict[str, Statistics]:
+    """Return a unit's statistics by layer, its receipt's sha256 checked."""
+    key = spec.receipt_key(unit)
+    data = store.read_verified(key)
+    try:
+        receipt = spec.Receipt.from_json(spec.parse_json(data, key))
+    except FormatError as error:
+        raise FormatError(f"'{key}' in {store.objects.uri}: {error}. Extract the store again") from None
+    return {layer.name: Statistics.of_layer(receipt.statistics, layer, key) for layer in store.plan.layers}
 
 
-def _check_shard(store: Store, array: StoredArray, unit: int, data: bytes, receipts: list[spec.Receipt]) -> None:
-    """Check a shard's crc32c, then that it says of the unit what receipts and plan say."""
+def _sound[T](read: Callable[[], T]) -> T | None:
+    """Return what is read, None where it is damaged: that is listed once, for the object itself."""
+    try:
+        return read()
+    except StoreError:
+        return None
+
+
+def _check_shard(
+    store: Store,
+    array: StoredArray,
+    unit: int,
+    data: bytes,
+    statistics: dict[str, Statistics] | None,
+    ok_samples: np.ndarray | None,
+) -> None:
+    """Check a shard's crc32c, then that it says of the unit what receipts and plan say, where those are sound."""
     key = array.shard_key(unit)
     layout = store.layout
     n_rows = len(layout.unit_rows(unit))
@@ -96,19 +119,21 @@ def _check_shard(store: Store, array: StoredArray, unit: int, data: bytes, recei
         if not np.array_equal(rows, expected):
             raise StoreError(f"'{key}' does not hold the plan's order of rows. Copy this object again")
         return
-    found = Statistics.of(array.to_float(rows), kept=store.ok_samples[samples]).to_json()
-    if not _close(found, receipts[unit].statistics[array.name]):
+    if statistics is None or ok_samples is None:
+        return
+    found = Statistics.of(array.to_float(rows), kept=ok_samples[samples])
+    if not _close(found.to_json(), statistics[array.name].to_json()):
         raise StoreError(
             f"'{key}' does not have the statistics that '{spec.receipt_key(unit)}' says. Extract the store again"
         )
 
 
-def _check_merged(store: Store, receipts: list[spec.Receipt]) -> list[str]:
+def _check_merged(store: Store, units: list[dict[str, Statistics]]) -> list[str]:
     damages: list[str] = []
     for layer in store.plan.layers:
         merged = Statistics.empty(layer.width)
-        for receipt in receipts:
-            merged = merged.merged(Statistics.from_json(receipt.statistics[layer.name], layer.width))
+        for unit in units:
+            merged = merged.merged(unit[layer.name])
         if not _close(merged.to_json(), store.statistics(layer.name).to_json()):
             damages.append(f"'{spec.STATISTICS_KEY}' is not the sum of the units' for layer {layer.name}")
     return damages

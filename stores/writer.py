@@ -7,36 +7,22 @@ construction. See docs/decisions/0002-direct-shard-writes.md.
     shard = chunk 0 | crc32c | chunk 1 | crc32c | ... | index: (offset, size) of every chunk | crc32c
 """
 
-import io
 import logging
 from typing import Any, Self
 
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stores import spec
 from stores.errors import DamagedStoreError, PlanMismatchError, StoreError, UnsealedStoreError
 from stores.layout import row_order
 from stores.objects import Objects
+from stores.samples import SAMPLES_SCHEMA, read_samples, write_samples
 from stores.statistics import Statistics
 from stores.zarr_arrays import arrays_of, decode_shard, root_metadata
 
 log = logging.getLogger(__name__)
-
-SAMPLES_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("label", pa.int64()),
-        pa.field("tar", pa.string(), nullable=False),
-        pa.field("offset", pa.int64(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-    ]
-)
-"""One line an image. `status` is `ok`, or `failed: REASON`."""
 
 
 def encode_shard(
@@ -134,8 +120,16 @@ class StoreWriter:
                     "Give the command that began it, or another --out"
                 )
         for array in writer.arrays:
-            objects.create(spec.array_key(array.name), array.metadata)
-        objects.create(spec.ROOT_KEY, root_metadata(plan, store_id=None, images_root=images_root))
+            key = spec.array_key(array.name)
+            if not objects.create(key, array.metadata):
+                array.check_metadata(spec.parse_json(objects.read(key), key))
+        if not objects.create(spec.ROOT_KEY, root_metadata(plan, store_id=None, images_root=images_root)):
+            root = spec.parse_json(objects.read(spec.ROOT_KEY), spec.ROOT_KEY)
+            if not isinstance(root, dict) or "softbudget" not in root.get("attributes", {}):
+                raise PlanMismatchError(
+                    f"expected nothing or this store at {objects.uri}, found '{spec.ROOT_KEY}' of something else: "
+                    "give another --out"
+                )
         return writer
 
     @classmethod
@@ -177,8 +171,10 @@ class StoreWriter:
         layout = self.plan.layout
         unit_samples = layout.unit_samples(unit)
         self._check(unit, activations, samples)
-        records = [self._publish(spec.unit_samples_key(unit), _parquet(samples))[0]]
-        samples = _read_samples(self.objects.read(spec.unit_samples_key(unit)))
+        records = [self._publish(spec.unit_samples_key(unit), write_samples(samples))[0]]
+        mine = samples
+        samples = read_samples(self.objects.read(spec.unit_samples_key(unit)), spec.unit_samples_key(unit))
+        self._check_adopted(unit, mine, samples)
         failed = np.asarray([status != "ok" for status in samples["status"].to_pylist()], dtype=bool)
 
         order = row_order(layout, unit, self.plan.seed)
@@ -204,8 +200,14 @@ class StoreWriter:
             )
             record, published = self._publish(array.shard_key(unit), shard)
             records.append(record)
-            if array.layer is not None:
-                stored = decode_shard(array, published, n_rows=len(order), what=record.key)
+            stored = decode_shard(array, published, n_rows=len(order), what=record.key)
+            if array.layer is None:
+                if not np.array_equal(stored, rows[order]):
+                    raise DamagedStoreError(
+                        f"'{record.key}' in {self.objects.uri}: expected the plan's order of rows, found another: "
+                        "it was damaged, or another program wrote it. Delete it and give the same command again"
+                    )
+            else:
                 statistics[array.name] = Statistics.of(array.to_float(stored), kept=~excluded).to_json()
         rows_of_unit = layout.unit_rows(unit)
         receipt = spec.Receipt(
@@ -263,13 +265,14 @@ class StoreWriter:
         merged = {layer.name: Statistics.empty(layer.width) for layer in self.plan.layers}
         for receipt in receipts:
             for layer in self.plan.layers:
-                unit = Statistics.from_json(receipt.statistics[layer.name], layer.width)
+                unit = Statistics.of_layer(receipt.statistics, layer, spec.receipt_key(receipt.unit))
                 merged[layer.name] = merged[layer.name].merged(unit)
         statistics = {name: value.to_json() for name, value in merged.items()}
         records.append(self._publish(spec.STATISTICS_KEY, spec.canonical_json(statistics))[0])
 
-        parts = [_read_samples(self.objects.read(spec.unit_samples_key(receipt.unit))) for receipt in receipts]
-        records.append(self._publish(spec.SAMPLES_KEY, _parquet(pa.concat_tables(parts)))[0])
+        keys = [spec.unit_samples_key(receipt.unit) for receipt in receipts]
+        parts = [read_samples(self.objects.read(key), key) for key in keys]
+        records.append(self._publish(spec.SAMPLES_KEY, write_samples(pa.concat_tables(parts)))[0])
         return spec.Manifest(
             plan=self.plan,
             n_failed=sum(receipt.n_failed for receipt in receipts),
@@ -290,10 +293,35 @@ class StoreWriter:
         data = self.objects.read(key)
         return spec.ObjectRecord(key=key, n_bytes=len(data), sha256=spec.sha256(data))
 
+    def _check_adopted(self, unit: int, mine: pa.Table, there: pa.Table) -> None:
+        """Refuse rows that could not be read here for an image that another worker said it could read."""
+        if len(there) != len(mine):
+            raise DamagedStoreError(
+                f"'{spec.unit_samples_key(unit)}' in {self.objects.uri}: expected {len(mine)} images, "
+                f"found {len(there)}. Delete it and give the same command again"
+            )
+        columns = (mine["key"], mine["status"], there["status"])
+        keys = [
+            key
+            for key, here, elsewhere in zip(*(column.to_pylist() for column in columns), strict=True)
+            if here != "ok" and elsewhere == "ok"
+        ]
+        if keys:
+            raise StoreError(
+                f"unit {unit}: {len(keys)} images could be read by another worker, but not here (first: '{keys[0]}'). "
+                "Check the tar shards and give the same command again"
+            )
+
     def _check(self, unit: int, activations: dict[str, np.ndarray], samples: pa.Table) -> None:
+        n_units = self.plan.layout.n_units
+        if not 0 <= unit < n_units:
+            raise StoreError(f"expected a unit from 0 to {n_units - 1}, found {unit}")
         n_samples = len(self.plan.layout.unit_samples(unit))
         if not samples.schema.equals(SAMPLES_SCHEMA) or len(samples) != n_samples:
-            raise StoreError(f"unit {unit}: expected {n_samples} lines of SAMPLES_SCHEMA, found {len(samples)}")
+            raise StoreError(
+                f"unit {unit}: expected {n_samples} lines of SAMPLES_SCHEMA, found {len(samples)} of "
+                f"{', '.join(f'{field.name} {field.type}' for field in samples.schema)}"
+            )
         for array in self.arrays:
             if array.layer is None:
                 continue
@@ -304,19 +332,6 @@ class StoreWriter:
                 raise StoreError(
                     f"unit {unit}, layer {array.name}: expected {expected} of {array.dtype}, found {description}"
                 )
-
-
-def _parquet(samples: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(samples, buffer, compression="zstd")
-    return buffer.getvalue()
-
-
-def _read_samples(data: bytes) -> pa.Table:
-    try:
-        return pq.read_table(io.BytesIO(data)).cast(SAMPLES_SCHEMA)
-    except (pa.ArrowException, ValueError) as error:
-        raise DamagedStoreError(f"expected a table of samples, found something else ({error})") from None
 
 
 def _brief(value: Any) -> str:

@@ -15,7 +15,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import MemoryStore
 
 from stores import spec
-from stores.errors import DamagedStoreError
+from stores.errors import DamagedStoreError, FormatError
 from stores.layout import Layout
 from stores.objects import Objects
 
@@ -73,6 +73,22 @@ class StoredArray:
     def shard_key(self, unit: int) -> str:
         """Return the name of a unit's shard."""
         return spec.shard_key(self.name, unit, n_dimensions=1 + len(self.row_shape))
+
+    def shard_bytes(self, unit: int) -> int:
+        """Return the size of a unit's shard."""
+        n_chunks = -(-len(self.layout.unit_rows(unit)) // self.layout.rows_per_chunk)
+        return n_chunks * (self.chunk_bytes + 4) + index_bytes(self.layout)
+
+    def check_metadata(self, metadata: Any) -> None:
+        """Raise `FormatError` unless a parsed `zarr.json` makes Zarr's readers see what the plan says."""
+        planned = spec.parse_json(self.metadata, self.name)
+        for name in ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs"):
+            found = metadata.get(name) if isinstance(metadata, dict) else metadata
+            if found != planned[name]:
+                raise FormatError(
+                    f"'{spec.array_key(self.name)}': expected {name} {planned[name]} as planned, found {found}: "
+                    "another program wrote it; use another folder, or copy the store again"
+                )
 
     def to_float(self, rows: np.ndarray) -> np.ndarray:
         """Return stored rows as floats: bfloat16's bits become float32, others are returned as they are."""
