@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jsonargparse
@@ -76,7 +76,11 @@ def run_commands(
         )
         for name in command.positional:
             sub.add_argument(name, type=str, help=_field_help(command.config, name))
-        sub.add_class_arguments(command.config, skip=set(command.positional))
+        # A switch is given without a value (`--random_weights`), which jsonargparse's own reading of bool is not.
+        switches = [field.name for field in fields(command.config) if field.type is bool]
+        sub.add_class_arguments(command.config, skip={*command.positional, *switches})
+        for name in switches:
+            sub.add_argument(f"--{name}", action="store_true", help=_field_help(command.config, name))
         subcommands.add_subcommand(command.name, sub, help=command.help)
     try:
         namespace = parser.parse_args(argv)
@@ -90,6 +94,8 @@ def run_commands(
         return _fail(prog, str(error))
     except errors as error:
         return _fail(prog, str(error))
+    except OSError as error:  # a file that is not there or not ours to read: the path says which
+        return _fail(prog, f"{error.strerror or error}: {error.filename}: check the path and its permissions")
     except KeyboardInterrupt:
         console.print(f"{prog}: interrupted; the same command goes on from here", style="yellow", highlight=False)
         return 130

@@ -161,7 +161,7 @@ def test_units_that_are_lost_are_made_again(
         ("--layers blocks.1,blocks.1", "each once"),
         ("--layers blocks.1 --tokens registers", "cls|patch|all|mean"),
         ("--layers blocks.1 --workers 0", "--workers of at least 1"),
-        ("--layers blocks.1 --weights a --random_weights true", "leave one out"),
+        ("--layers blocks.1 --weights a --random_weights", "leave one out"),
         ("--layers blocks.1 --dtype int8", "dtype"),
     ],
 )
