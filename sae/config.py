@@ -116,8 +116,8 @@ class FitConfig:
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up."""
-        # Smaller dictionaries bear larger steps (Gao et al. 2024, appendix A.3: ∝ 1/√M); the constant was measured
-        # on CIFAR-10 stores, see docs/log.md.
+        # Smaller dictionaries bear larger steps (Gao et al. 2024, appendix A.3: ∝ 1/√M). The constant is a
+        # first choice that trains the demo; it has not been tuned yet.
         return self.lr or min(3e-3, 1e-3 * math.sqrt(8192 / self.latents))
 
     def model(self, d_in: int) -> SAEConfig:

@@ -16,7 +16,7 @@ from sae.metrics.latents import EffectiveLatentsMeter, LatentUse, LatentUseMeter
 from sae.metrics.monosemanticity import Monosemanticity, monosemanticity
 from sae.metrics.purity import Purity, purity
 from sae.metrics.reconstruction import Reconstruction, ReconstructionMeter
-from sae.model import Selection, TopKSAE
+from sae.model import Selection
 from stores.loader import Loader
 from stores.reader import Store
 
@@ -180,11 +180,6 @@ def evaluate(
         n_never_trained=sum(n == 0 for n in facts["rows_selected"]),
         embeddings_id=(embeddings or store).id,
     )
-
-
-def load_sae(run_path: Path) -> TopKSAE:
-    """Return the SAE of a finished run, in evaluation mode."""
-    return Run(run_path).load_model()[0].eval()
 
 
 def _token_kinds(store: Store, tokens: str | None) -> tuple[str, ...] | None:

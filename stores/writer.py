@@ -1,7 +1,7 @@
 """Writing a store: encode Zarr shards, publish them unit by unit, seal.
 
 A shard is encoded here rather than by zarr-python: the bytes are the same (tests/stores/test_writer.py holds them
-against each other), but one buffer is filled in place, several times as fast, and what is published is whole by
+against each other), but one buffer is filled in place, and what is published is whole by
 construction. See docs/decisions/0002-direct-shard-writes.md.
 
     shard = chunk 0 | crc32c | chunk 1 | crc32c | ... | index: (offset, size) of every chunk | crc32c

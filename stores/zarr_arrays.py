@@ -1,7 +1,7 @@
 """The Zarr v3 arrays of a store: their metadata (zarr-python's own), and the bytes of their shards, decoded.
 
-zarr-python writes the metadata, so that it is what zarr-python writes; it takes no part in the data's way, where it
-is several times slower than reading the same bytes (docs/decisions/0002-direct-shard-writes.md).
+zarr-python writes the metadata, so that it is what zarr-python writes; it takes no part in the data's way
+(docs/decisions/0002-direct-shard-writes.md).
 """
 
 from dataclasses import dataclass
